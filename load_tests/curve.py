@@ -28,7 +28,7 @@ from rich.table import Table
 
 from load_tests.batching import numbers
 from load_tests.report import Report, quantiles
-from load_tests.serving import Others, Server, figures_when_idle, serving
+from load_tests.serving import Others, Server, figures_when_idle, finds_compiled, serving
 from load_tests.traffic import (
     Answer,
     Arrival,
@@ -100,6 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     measured |= {
         "kinds": [str(kind) for kind in kinds_of(options.sides, options.steps)],
         "devices": options.devices,
+        "compiled": finds_compiled(),
         **summary(points),
     }
     report.add(_table(points))

@@ -21,8 +21,8 @@ PAGE = DOCS / "performance.md"
 
 INTRODUCTION = """# Performance
 
-*For evaluators.* Each table names its command, machine and date. It used the embedded weights of
-that date unless it says otherwise. Until 2026-11-28 those drew 128x128 pixels; now they draw
+*For evaluators.* Each table names its command, machine and date. The weights are the embedded ones
+of that date, unless the table says otherwise. Until 2026-11-28 those drew 128x128 pixels; now they draw
 256x256 in fewer steps.
 `python -m load_tests.performance` writes this page from `load_tests/results/`."""
 
@@ -54,10 +54,16 @@ def results(directory: Path) -> list[dict[str, Any]]:
 def newest(found: Iterable[Result], report: str) -> list[Result]:
     """Return the last result of this kind on each machine, the latest first.
 
-    Results of different families of networks, and of other workers, count as different kinds.
+    Results of different families of networks, of other workers, and of compiled networks count as
+    different kinds.
     """
     last = {
-        (r["hardware"]["cpu"], *r.get("families", ()), r.get("devices", "")): r
+        (
+            r["hardware"]["cpu"],
+            *r.get("families", ()),
+            r.get("devices", ""),
+            r.get("compiled", False),
+        ): r
         for r in found
         if r["report"] == report
     }
@@ -95,7 +101,8 @@ def _origin(result: Result) -> str:
     others = result.get("others_share_of_the_machine")
     busy = "" if others is None else f", {_percent(max(0.0, others))} of it busy with other things"
     source = f"[all of it](../load_tests/results/{result['file']})"
-    return f"`{result['command']}`: {machine}{busy}, {result['date'][:10]}; {source}."
+    compiled = ", compiled networks" if result.get("compiled") else ""
+    return f"`{result['command']}`{compiled}: {machine}{busy}, {result['date'][:10]}; {source}."
 
 
 # ── sections ──────────────────────────────────────────────────────────────────────────────────────
@@ -151,7 +158,7 @@ def _neighbours(result: Result) -> Section:
         "One request at a time. Chosen is what the worker does by itself (engine.md says "
         "how); the others are fixed numbers of threads,"
     )
-    said += " the last as OpenMP would have it."
+    said += " the last with OpenMP's own waiting."
     return said, ["threads", "busy processes", "p50 ms", "p95 ms", "longest"], rows
 
 
@@ -181,9 +188,10 @@ def _curve(result: Result) -> Section:
 
 
 def _plot(result: Result) -> str:
-    """Return the name of a curve's plot in docs/, one for each number of workers."""
+    """Return the name of a curve's plot in docs/, one for each number of workers and form."""
     workers = len(result.get("devices", "").split(","))
-    return "curve.svg" if workers == 1 else f"curve-{workers}-workers.svg"
+    compiled = "-compiled" if result.get("compiled") else ""
+    return f"curve{compiled}.svg" if workers == 1 else f"curve-{workers}-workers{compiled}.svg"
 
 
 def _batching(result: Result) -> Section:

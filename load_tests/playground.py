@@ -31,7 +31,7 @@ from rich.table import Table
 from load_tests.browser import Playground, browser
 from load_tests.prompts import prompts
 from load_tests.report import Report, quantiles
-from load_tests.serving import serving
+from load_tests.serving import finds_compiled, serving
 from server.settings import Settings
 
 Seen = tuple[float, str]
@@ -89,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     else:
         measured = summary(drawn(options.requests))
         report.add(_table(measured))
-    report.emit(measured)
+    report.emit(measured | {"compiled": finds_compiled()})
 
 
 def typed(count: int, key_ms: int) -> dict[str, Any]:

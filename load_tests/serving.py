@@ -32,6 +32,21 @@ _POLL_S = 0.05
 PAELLERA = ("-m", "server.cli", "serve", "--host", "127.0.0.1")
 
 
+def finds_compiled() -> bool:
+    """Return whether a server with this process's settings finds its weights' compiled networks."""
+    from model.compiled.use import directory_of, has_programs
+    from model.config import BundleConfig, find_bundle
+    from model.runtime import pick_device, pick_dtype
+    from server.engine.loading import compiled_root
+    from server.settings import Settings
+
+    settings = Settings()
+    config = BundleConfig.read(find_bundle(settings.bundles[0]))
+    dtype = pick_dtype(settings.dtype, pick_device(settings.device))
+    found = has_programs(directory_of(config, dtype, compiled_root(settings)))
+    return settings.compiled and found
+
+
 @dataclass(frozen=True, slots=True)
 class Sizes:
     """Image sizes of a server's default model, all in pixels.

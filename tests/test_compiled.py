@@ -43,6 +43,10 @@ def loaded(bundle: Path, dtype: torch.dtype = torch.float32) -> PipelineV3:
     return pipeline
 
 
+def folder(pipeline: Pipeline, root: Path) -> Path:
+    return directory_of(pipeline.config, pipeline.dtype, root)
+
+
 @dataclass
 class Libraries:
     """A folder of empty files, loaded as the plain forms of a pipeline's programs.
@@ -68,7 +72,7 @@ class Libraries:
     def plant(self, pipeline: PipelineV3) -> Path:
         """Write the folder that is read for this pipeline."""
         self.programs: dict[str, Program] = {each.name: each for each in programs_of(pipeline)}
-        directory = directory_of(pipeline, self.root)
+        directory = directory_of(pipeline.config, pipeline.dtype, self.root)
         directory.mkdir(parents=True, mode=0o700)
         for name in (*(f"{name}.so" for name in self.programs), use.MANIFEST):
             (directory / name).touch(mode=0o600)
@@ -238,22 +242,22 @@ def test_the_folder_depends_on_all_that_a_program_is_made_from(
 ) -> None:
     root = Path("root")
     folders = [
-        directory_of(pipeline, root)
+        folder(pipeline, root)
         for pipeline in (plain, loaded(random_bundle), loaded(preset_bundle, torch.bfloat16))
     ]
     for changed in ("torch", "cpu", "paellera", "format"):
-        origin = use.origin(plain) | {changed: "other"}
+        origin = use.origin(plain.config, plain.dtype) | {changed: "other"}
         with monkeypatch.context() as patch:
-            patch.setattr(use, "origin", lambda pipeline, origin=origin: origin)
-            folders.append(directory_of(plain, root))
+            patch.setattr(use, "origin", lambda config, dtype, origin=origin: origin)
+            folders.append(folder(plain, root))
     assert len(set(folders)) == len(folders)
-    assert directory_of(loaded(preset_bundle), root) == folders[0]
+    assert folder(loaded(preset_bundle), root) == folders[0]
 
 
 def test_a_changed_recipe_needs_no_other_programs(plain: PipelineV3) -> None:
     recipe = replace(plain.config.recipe, guidance_scale=(3.0, 3.0))
     changed = Pipeline.of(replace(plain.bundle, config=replace(plain.config, recipe=recipe)))
-    assert directory_of(changed, Path()) == directory_of(plain, Path())
+    assert folder(changed, Path()) == folder(plain, Path())
 
 
 def test_the_users_cache_is_the_default_place(
@@ -340,7 +344,7 @@ def test_a_compiled_bundle_draws_what_the_plain_one_draws(
     assert run.returncode == 0, run.stderr
     plain, compiled = loaded(random_bundle), loaded(random_bundle)
     assert use_compiled(compiled, tmp_path), caplog.text
-    assert run.stdout.splitlines()[-1].endswith(str(directory_of(plain, tmp_path)))
+    assert run.stdout.splitlines()[-1].endswith(str(folder(plain, tmp_path)))
     for prompts, seeds in (([PROMPT], [0]), (["", PROMPT, "x" * 60, PROMPT], [1, 2, 3, 4])):
         found, expected = (p.generate(prompts, seeds) for p in (compiled, plain))
         # A code may be drawn otherwise where a uniform lies at a bound.

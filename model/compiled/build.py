@@ -40,7 +40,7 @@ def compile_pipeline(
     """
     if not isinstance(pipeline, PipelineV3) or pipeline.device.type != "cpu":
         raise CompileError("only v3 bundles on a CPU are compiled")
-    target = directory_of(pipeline, root)
+    target = directory_of(pipeline.config, pipeline.dtype, root)
     target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     with TemporaryDirectory(dir=target.parent, prefix="compiling-") as name:
         made = Path(name) / target.name
@@ -51,7 +51,7 @@ def compile_pipeline(
                 report(program)
                 _compile(program, library(made, program.name))
         names = [program.name for program in programs]
-        content = {"programs": names, "made_from": origin(pipeline)}
+        content = {"programs": names, "made_from": origin(pipeline.config, pipeline.dtype)}
         (made / MANIFEST).write_text(json.dumps(content, indent=2) + "\n")
         if target.exists():
             target.rename(Path(name) / "replaced")

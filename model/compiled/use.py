@@ -56,7 +56,7 @@ def default_root() -> Path:
     return (Path(cache) if cache else Path.home() / ".cache") / "paellera" / "compiled"
 
 
-def origin(pipeline: Pipeline) -> dict[str, str]:
+def origin(config: BundleConfig, dtype: torch.dtype) -> dict[str, str]:
     """Return everything that compiled programs depend on."""
     from importlib.metadata import version
 
@@ -64,8 +64,8 @@ def origin(pipeline: Pipeline) -> dict[str, str]:
         "format": str(_FORMAT),
         "paellera": version("paellera"),
         "torch": torch.__version__,
-        "weights": _weights(pipeline.config),
-        "dtype": str(pipeline.dtype).removeprefix("torch."),
+        "weights": _weights(config),
+        "dtype": str(dtype).removeprefix("torch."),
         "cpu": _cpu(),
     }
 
@@ -90,10 +90,15 @@ def _cpu() -> str:
     return f"{machine} {' '.join(sorted(flags.partition(':')[2].split()))}".strip()
 
 
-def directory_of(pipeline: Pipeline, root: Path) -> Path:
-    """Return the folder of a pipeline's compiled programs, present or not."""
-    made_from = json.dumps(origin(pipeline), sort_keys=True)
+def directory_of(config: BundleConfig, dtype: torch.dtype, root: Path) -> Path:
+    """Return the folder of a bundle's compiled programs, present or not."""
+    made_from = json.dumps(origin(config, dtype), sort_keys=True)
     return root / hashlib.sha256(made_from.encode()).hexdigest()[:32]
+
+
+def has_programs(directory: Path) -> bool:
+    """Return whether a folder of `directory_of` is there."""
+    return (directory / MANIFEST).is_file()
 
 
 def library(directory: Path, program: str) -> Path:
@@ -109,8 +114,8 @@ def use_compiled(pipeline: Pipeline, root: Path) -> bool:
     """
     if not isinstance(pipeline, PipelineV3) or pipeline.device.type != "cpu":
         return False
-    directory = directory_of(pipeline, root)
-    if not (directory / MANIFEST).is_file():
+    directory = directory_of(pipeline.config, pipeline.dtype, root)
+    if not has_programs(directory):
         return False
     if _others_may_write(directory):
         log.warning("%s is ignored: other users may write to it", directory)
