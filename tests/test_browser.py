@@ -170,7 +170,7 @@ def test_the_page_fits_desktops_and_phones_and_both_themes(
         playground.page.evaluate("document.activeElement.blur(); scrollTo(0, 0)")
         picture = PIL.Image.open(io.BytesIO(playground.page.screenshot(full_page=name == "phone")))
         path = screenshots / f"{name}.webp"
-        picture.convert("RGB").save(path, quality=85, method=6)
+        picture.convert("RGB").save(path, quality=60, method=6)
         assert path.stat().st_size < 100_000
 
 
