@@ -88,10 +88,10 @@ def config(
     weights: Weights = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object")] = False,
 ) -> None:
-    """Print the settings of `serve` with their sources, or why it would refuse them.
+    """Print the settings of `serve` with their sources, or the reason why `serve` refuses them.
 
-    Of the weights only the configuration and the files' sizes are checked: `paellera weights
-    verify` checks their content.
+    Only the weights' configuration and the sizes of their files are checked. `paellera weights
+    verify` checks the content.
     """
     from server.api import create_app
     from server.cli.config import check_sizes, describe, lines
