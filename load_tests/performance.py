@@ -22,8 +22,8 @@ PAGE = DOCS / "performance.md"
 INTRODUCTION = """# Performance
 
 *For evaluators.* Each table names its command, machine and date. The weights are the embedded ones
-of that date, unless the table says otherwise. Until 2026-11-28 those drew 128x128 pixels; now they draw
-256x256 in fewer steps.
+of that date, unless the table says otherwise. Until 2026-11-28 those drew 128x128 pixels; now they
+draw 256x256 in fewer steps.
 `python -m load_tests.performance` writes this page from `load_tests/results/`."""
 
 Result = Mapping[str, Any]
