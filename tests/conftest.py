@@ -10,6 +10,7 @@ import json
 import multiprocessing.process
 import os
 import re
+import signal
 import socket
 import subprocess
 import threading
@@ -106,6 +107,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Jobs in the background and under nohup ignore these, and so would every process they start.
+    for number, usual in (
+        (signal.SIGHUP, signal.SIG_DFL),
+        (signal.SIGINT, signal.default_int_handler),
+    ):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, usual)
     hypothesis.settings.load_profile("fast" if config.getoption("--fast") else "untimed")
 
 
