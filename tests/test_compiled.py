@@ -27,6 +27,7 @@ from model.config import DENOISER, PriorSettings
 from model.executor import Eager
 from model.pipeline import Pipeline, PipelineV3, Reader
 from server.engine.loading import load_pipeline
+from server.engine.runner import Runner
 from server.settings import Settings
 
 PROMPT = "a red apple"
@@ -278,6 +279,19 @@ def test_the_server_uses_them_unless_it_is_told_not_to(
     assert isinstance(load_pipeline(name, settings).executor, CompiledExecutor)
     off = settings.model_copy(update={"compiled": False})
     assert type(load_pipeline(name, off).executor) is Eager
+
+
+def test_a_worker_computes_by_its_compiled_networks_from_its_warm_up_on(
+    preset_bundle: Path, libraries: Libraries
+) -> None:
+    libraries.plant(loaded(preset_bundle))
+    settings = Settings(
+        weights=str(preset_bundle), device="cpu", dtype="float32", compiled_dir=libraries.root
+    )
+    runner = Runner(settings)
+    assert all(pipeline.compiled for pipeline in runner.pipelines.values())
+    runner.warm_up()
+    assert libraries.used >= {"bytes", "text", "denoiser-features", "denoiser-fast-draw", "decode"}
 
 
 # ── compiling ─────────────────────────────────────────────────────────────────────────────────────

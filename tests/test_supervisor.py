@@ -191,15 +191,15 @@ async def test_the_log_says_when_each_worker_is_ready_and_what_it_computes_with(
     caplog.set_level(logging.INFO, logger="server")
     async with supervised(ready=False) as (_, s):
         await asyncio.sleep(7)
-        s.now.say(Ready("cpu", "bfloat16", 2))
+        s.now.say(Ready("cpu", "bfloat16", 2, compiled=True))
         s.now.exit(1)
         await asyncio.sleep(1)
         s.now.say(Ready("cpu", "float32", 1))
     lines = [line.__dict__["fields"] for line in caplog.records if line.msg == "worker ready"]
     shared = {"worker": 0, "device": "cpu"}
     assert lines == [
-        {**shared, "load_s": 7, "dtype": "bfloat16", "threads": 2},
-        {**shared, "load_s": 0.8, "dtype": "float32", "threads": 1},
+        {**shared, "load_s": 7, "dtype": "bfloat16", "threads": 2, "compiled": True},
+        {**shared, "load_s": 0.8, "dtype": "float32", "threads": 1, "compiled": False},
     ]
 
 

@@ -132,7 +132,6 @@ def use_compiled(pipeline: Pipeline, root: Path) -> bool:
         return False
     _attach(pipeline, compiled)
     pipeline.compiled = root
-    log.info("compiled networks: %s", directory)
     return True
 
 

@@ -59,11 +59,15 @@ class Stop:
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """The weights are loaded, and every stage has run once. threads: torch's, on the CPU."""
+    """The weights are loaded, and every stage has run once.
+
+    threads: torch's, on the CPU. compiled: whether compiled networks compute any of them.
+    """
 
     device: str
     dtype: str
     threads: int = 1
+    compiled: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -188,13 +188,14 @@ class Supervisor:
 
     def _on_message(self, message: FromWorker) -> None:
         match message:
-            case Ready(device, dtype, threads):
+            case Ready(device, dtype, threads, compiled):
                 fields = {
                     "worker": self._index,
                     "load_s": round(time.monotonic() - self._started_at, 1),
                     "device": device,
                     "dtype": dtype,
                     "threads": threads,
+                    "compiled": compiled,
                 }
                 log.info("worker ready", extra={"fields": fields})
                 self._status = WorkerStatus(True, "ready", device, dtype)

@@ -400,7 +400,13 @@ def _serve(connection: Connection, runner: Runner, settings: Settings) -> None:
     idle_heartbeat_s = min(_IDLE_HEARTBEAT_S, settings.stall_timeout_s / 4)
     try:
         dtype = str(runner.dtype).removeprefix("torch.")
-        send_message(connection, Ready(str(runner.device), dtype, torch.get_num_threads()))
+        ready = Ready(
+            str(runner.device),
+            dtype,
+            torch.get_num_threads(),
+            compiled=any(each.compiled for each in runner.pipelines.values()),
+        )
+        send_message(connection, ready)
         Worker(connection, runner, settings.max_batch_rows, idle_heartbeat_s).run()
     except (EOFError, BrokenPipeError):
         log.warning("API process gone")
