@@ -21,7 +21,7 @@ from load_tests.transcription import Transcription, denoise
 from model.config import SamplingConfig
 from model.networks.text_encoders import Prompt
 from model.pipeline import PipelineV3
-from model.rows import Row
+from model.rows import AnyCondition, Row
 
 Stage = Callable[[], object]
 
@@ -111,9 +111,11 @@ class Workload:
     def _row(self, steps: int) -> Row:
         # New conditions, as every request brings its own: the pipeline would otherwise keep the
         # last loop's stacked ones.
+        return self._start(steps, replace(self.conditional), replace(self.unconditional))
+
+    def _start(self, steps: int, conditional: AnyCondition, unconditional: AnyCondition) -> Row:
         sampling = self.sampling(steps)
-        conditions = replace(self.conditional), replace(self.unconditional)
-        row = self.pipeline.start(self.noise, sampling, *conditions)
+        row = self.pipeline.start(self.noise, sampling, conditional, unconditional)
         row.unconditional_start = self.pipeline.unconditional_start(self.noise, sampling, "")
         return row
 
@@ -132,10 +134,7 @@ class Workload:
         p = self.pipeline
         (prompt,) = p.encode([PROMPT])
         (image,) = p.prior_embeddings([prompt], [self.noise])
-        sampling = self.sampling(steps)
-        conditions = p.condition(prompt, image), p.condition(self.negative)
-        row = p.start(self.noise, sampling, *conditions)
-        row.unconditional_start = p.unconditional_start(self.noise, sampling, "")
+        row = self._start(steps, p.condition(prompt, image), p.condition(self.negative))
         p.decode(p.denoise([row]))
 
     @torch.inference_mode()

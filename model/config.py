@@ -260,6 +260,12 @@ class BundleConfig:
         """The names of all presets, `quality` first."""
         return (QUALITY, *self.presets)
 
+    @property
+    def prior_settings(self) -> list[PriorSettings]:
+        """The prior's settings of all presets, each once."""
+        priors = (self.preset(name).recipe.prior for name in self.preset_names)
+        return list(dict.fromkeys(priors))
+
     def preset(self, name: str) -> Preset:
         """Return a preset by its name. Raises KeyError."""
         return Preset(self.recipe) if name == QUALITY else self.presets[name]

@@ -499,7 +499,8 @@ class Pipeline(ABC):
             for asked in self._read(prompt, noise, config, w, h)
         ]
         texts = [asked.text for asked in requests]
-        *encoded, negative = self.encode([*texts, self.config.read_negative(negative_prompt)])
+        read_negative = self.config.read_negative(negative_prompt)
+        *encoded, negative = self.encode([*texts, read_negative])
         images = self.prior_embeddings(encoded, [asked.noise for asked in requests], settings)
         unconditional = self.condition(negative, reader=reader) if config.guided else None
         rows: list[Row] = []
@@ -510,9 +511,7 @@ class Pipeline(ABC):
                 regions.append(RegionBranch(condition, asked.weight))
                 continue
             row = self.start(asked.noise, config, condition, unconditional, regions)
-            row.unconditional_start = self.unconditional_start(
-                asked.noise, config, self.config.read_negative(negative_prompt)
-            )
+            row.unconditional_start = self.unconditional_start(asked.noise, config, read_negative)
             rows.append(row)
             regions = []
         return self.denoise(rows, progress)

@@ -87,6 +87,15 @@ def libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Libraries:
     return made
 
 
+@pytest.fixture
+def compiled(preset_bundle: Path, libraries: Libraries) -> PipelineV3:
+    """A pipeline like `plain` that computes by the libraries."""
+    pipeline = loaded(preset_bundle)
+    libraries.plant(pipeline)
+    assert use_compiled(pipeline, libraries.root)
+    return pipeline
+
+
 # ── the programs ──────────────────────────────────────────────────────────────────────────────────
 
 
@@ -126,18 +135,15 @@ def test_the_example_of_a_program_fills_its_free_axes_with_equal_sizes(plain: Pi
 
 
 def test_an_image_is_drawn_by_the_programs_alone(
-    plain: PipelineV3, preset_bundle: Path, libraries: Libraries
+    plain: PipelineV3, compiled: PipelineV3, libraries: Libraries
 ) -> None:
-    pipeline = loaded(preset_bundle)
-    libraries.plant(pipeline)
-    assert use_compiled(pipeline, libraries.root)
-    assert pipeline.compiled == libraries.root
-    for preset in pipeline.config.preset_names:
+    assert compiled.compiled == libraries.root
+    for preset in compiled.config.preset_names:
         libraries.used.clear()
         sampling = plain.config.sampling(preset)
         expected = plain.generate([PROMPT, "two blue boxes"], [0, 1], sampling)
         assert torch.equal(
-            pipeline.generate([PROMPT, "two blue boxes"], [0, 1], sampling), expected
+            compiled.generate([PROMPT, "two blue boxes"], [0, 1], sampling), expected
         )
         own = {"bytes", "text", "decode"}
         denoiser = "denoiser" if preset == "quality" else "denoiser-fast"
@@ -146,13 +152,10 @@ def test_an_image_is_drawn_by_the_programs_alone(
 
 
 def test_another_size_is_drawn_by_plain_operators(
-    plain: PipelineV3, preset_bundle: Path, libraries: Libraries
+    plain: PipelineV3, compiled: PipelineV3, libraries: Libraries
 ) -> None:
-    pipeline = loaded(preset_bundle)
-    libraries.plant(pipeline)
-    assert use_compiled(pipeline, libraries.root)
     libraries.used.clear()
-    found, expected = (p.generate([PROMPT], [3], width=48, height=32) for p in (pipeline, plain))
+    found, expected = (p.generate([PROMPT], [3], width=48, height=32) for p in (compiled, plain))
     assert torch.equal(found, expected)
     assert libraries.used.isdisjoint({"decode", "denoiser-features"})
     assert "denoiser-draw" in libraries.used
@@ -160,34 +163,28 @@ def test_another_size_is_drawn_by_plain_operators(
 
 @pytest.mark.parametrize("sampler", ["argmax", "typical", "quant"])
 def test_other_samplers_draw_by_plain_operators(
-    sampler: str, plain: PipelineV3, preset_bundle: Path, libraries: Libraries
+    sampler: str, plain: PipelineV3, compiled: PipelineV3, libraries: Libraries
 ) -> None:
-    pipeline = loaded(preset_bundle)
-    libraries.plant(pipeline)
-    assert use_compiled(pipeline, libraries.root)
     libraries.used.clear()
     config = replace(plain.config.sampling(), sampler=sampler)  # type: ignore[arg-type]
-    found, expected = (p.generate([PROMPT], [3], config) for p in (pipeline, plain))
+    found, expected = (p.generate([PROMPT], [3], config) for p in (compiled, plain))
     assert torch.equal(found, expected)
     assert "denoiser-draw" not in libraries.used
 
 
 @torch.inference_mode()
 def test_settings_of_the_prior_and_conditions_that_are_not_compiled_are_plain(
-    preset_bundle: Path, libraries: Libraries
+    compiled: PipelineV3, libraries: Libraries
 ) -> None:
-    pipeline = loaded(preset_bundle)
-    libraries.plant(pipeline)
-    assert use_compiled(pipeline, libraries.root)
-    (prompt,) = pipeline.encode([PROMPT])
+    (prompt,) = compiled.encode([PROMPT])
     libraries.used.clear()
     other = PriorSettings(steps=5, guidance=1.5, sampler="ddim")
-    noise = pipeline.noise(0, 32, 32, 2, prior=other)
-    (image,) = pipeline.prior_embeddings([prompt], [noise], other)
-    pipeline.condition(prompt)
-    pipeline.condition(prompt, image, Reader(DENOISER, (0.5, 2.0)))
+    noise = compiled.noise(0, 32, 32, 2, prior=other)
+    (image,) = compiled.prior_embeddings([prompt], [noise], other)
+    compiled.condition(prompt)
+    compiled.condition(prompt, image, Reader(DENOISER, (0.5, 2.0)))
     assert not libraries.used
-    pipeline.condition(prompt, image, Reader(DENOISER))
+    compiled.condition(prompt, image, Reader(DENOISER))
     assert libraries.used == {"denoiser-condition"}
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from model import sampling
-from model.config import BundleConfig, BundleV3Config, PriorSettings
+from model.config import PriorSettings
 from model.networks.denoiser_v3 import Condition, Denoiser
 from model.networks.text_encoders import ByteTower, TextTower
 from model.pipeline import PipelineV3
@@ -49,8 +49,8 @@ def programs_of(pipeline: PipelineV3) -> list[Program]:
         programs.append(_bytes(pipeline, bundle.byt5.tower))
     if isinstance(bundle.clip.tower, TextTower):
         programs.append(_text(pipeline, bundle.clip.tower))
-    own = prior_settings(pipeline.config)
-    programs += [_prior(pipeline, of_prior(i), settings) for i, settings in enumerate(own)]
+    priors = enumerate(pipeline.config.prior_settings)
+    programs += [_prior(pipeline, of_prior(i), settings) for i, settings in priors]
     for name, denoiser in pipeline.denoisers.items():
         assert isinstance(denoiser, Denoiser)
         programs += [
@@ -70,14 +70,6 @@ def of_denoiser(denoiser: str, part: str) -> str:
 def of_prior(number: int) -> str:
     """Return the name of the program for the prior's settings of this number."""
     return f"prior-{number}"
-
-
-def prior_settings(config: BundleConfig) -> list[PriorSettings]:
-    """Return the prior's settings of all presets, each once."""
-    if not isinstance(config, BundleV3Config):
-        return []
-    presets = (config.preset(name) for name in config.preset_names)
-    return list(dict.fromkeys(preset.recipe.prior for preset in presets))
 
 
 def _bytes(pipeline: PipelineV3, tower: ByteTower) -> Program:
@@ -128,13 +120,9 @@ def _condition(pipeline: PipelineV3, name: str, denoiser: Denoiser) -> Program:
 
 def _features(pipeline: PipelineV3, name: str, denoiser: Denoiser) -> Program:
     """Codes [B, H, W], times [B, S], a condition [N, L, S'] with its mask, rows [N] → features."""
-    codes = denoiser.config.num_labels
-    width, height = pipeline.config.native_size
     branches = 2 * ROWS
     example = (
-        torch.arange(ROWS * height * width // pipeline.downscale**2)
-        .remainder(codes)
-        .view(ROWS, *pipeline.grid(width, height)),
+        _codes(pipeline),
         denoiser.times(torch.full((ROWS,), 0.5)),
         _random(branches, LENGTH, denoiser.condition_width).to(pipeline.dtype),
         torch.arange(LENGTH).expand(branches, -1) < LENGTH - 1,
@@ -163,10 +151,15 @@ def _draw(name: str, denoiser: Denoiser) -> Program:
 
 def _decode(pipeline: PipelineV3) -> Program:
     """Codes [B, H, W] → images uint8 [B, height, width, 3]."""
-    vqgan, (width, height) = pipeline.bundle.vqgan, pipeline.config.native_size
-    grid = pipeline.grid(width, height)
-    codes = torch.arange(ROWS * grid[0] * grid[1]) % vqgan.config.codebook_size
-    return Program("decode", pipeline.pixels, (vqgan,), (codes.view(ROWS, *grid),), ({0: "B"},))
+    vqgan = pipeline.bundle.vqgan
+    return Program("decode", pipeline.pixels, (vqgan,), (_codes(pipeline),), ({0: "B"},))
+
+
+def _codes(pipeline: PipelineV3) -> Tensor:
+    """Return codes [B, H, W] of the native size, all of them if there are so many tokens."""
+    grid = pipeline.grid(*pipeline.config.native_size)
+    codes = torch.arange(ROWS * grid[0] * grid[1]) % pipeline.config.vqgan.codebook_size
+    return codes.view(ROWS, *grid)
 
 
 def _random(*shape: int) -> Tensor:

@@ -27,7 +27,6 @@ from model.compiled.programs import (
     Program,
     of_denoiser,
     of_prior,
-    prior_settings,
     programs_of,
     rows_of,
 )
@@ -77,7 +76,7 @@ def _weights(config: BundleConfig) -> str:
     """
     names = *config.networks, "denoisers", "files", "native_size"
     fields = {name: to_jsonable_python(getattr(config, name)) for name in names}
-    fields["priors"] = to_jsonable_python(prior_settings(config))
+    fields["priors"] = to_jsonable_python(config.prior_settings)
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
@@ -179,10 +178,8 @@ def _attach(pipeline: PipelineV3, compiled: Mapping[str, Compiled]) -> None:
         bundle.byt5.tower.layers = compiled["bytes"]
     if isinstance(bundle.clip.tower, TextTower):
         bundle.clip.tower.layers = compiled["text"]
-    own = prior_settings(pipeline.config)
-    pipeline.run_prior = _prior(
-        pipeline, {settings: compiled[of_prior(i)] for i, settings in enumerate(own)}
-    )
+    own = enumerate(pipeline.config.prior_settings)
+    pipeline.run_prior = _prior(pipeline, {each: compiled[of_prior(i)] for i, each in own})
     for name in pipeline.denoisers:
         parts = (compiled[of_denoiser(name, part)] for part in ("condition", "features", "draw"))
         condition, features, draw = parts

@@ -405,8 +405,7 @@ class PriorGraphs:
         self.eager: PriorFn = pipeline.run_prior
         self.counters, self._recorder = counters, recorder
         config = pipeline.config
-        settings = {config.preset(name).recipe.prior for name in config.preset_names}
-        self._shapes = {each: pipeline.prior_noise(each) for each in settings}
+        self._shapes = {each: pipeline.prior_noise(each) for each in config.prior_settings}
         self._device, self._dtype = pipeline.device, pipeline.dtype
         self._rows = sorted(set(rows), reverse=True)
         self._captured: dict[tuple[PriorSettings, int], _PriorRun] = {}
